@@ -52,9 +52,17 @@ pub const SETTINGS: &[Setting] = &[
     setting("AGENT_KEEP_RESULTS", "1000", "delivered results kept for GET /v1/executions/{id}"),
     setting("AGENT_PYTHON", "", "Python interpreter; else the first python3 on PATH that the sandbox can reach"),
     setting("AGENT_SHELL", "/bin/bash", "shell for shell code, as seen inside"),
-    setting("AGENT_PACKAGES_PATH", "/opt/sandbox-venv", "session packages, read-only on Python's path when the folder exists"),
+    setting(
+        "AGENT_PACKAGES_PATH",
+        "/opt/sandbox-venv",
+        "session packages, read-only on Python's path when the folder exists",
+    ),
     setting("AGENT_CAPTURE_BYTES", "10485760", "bytes of stdout and of stderr kept per execution, first and last half"),
-    setting("AGENT_CALLBACK_TEXT_BYTES", "65535", "bytes of stdout, stderr and return value that the control plane takes"),
+    setting(
+        "AGENT_CALLBACK_TEXT_BYTES",
+        "65535",
+        "bytes of stdout, stderr and return value that the control plane takes",
+    ),
     setting("AGENT_MEMORY_LIMIT_MB", "1024", "MiB of resident memory per sandbox"),
     setting("AGENT_PROCESSES", "256", "processes and threads per sandbox"),
     setting("AGENT_OPEN_FILES", "1024", "open files per process"),
@@ -151,7 +159,9 @@ pub type Environment = BTreeMap<String, String>;
 /// Reads the environment of this process; what is not UTF-8 is left out.
 #[must_use]
 pub fn environment() -> Environment {
-    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))).collect()
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
 }
 
 /// Reads values and remembers what was wrong with them.
@@ -215,7 +225,8 @@ impl Config {
             .unwrap_or_else(|| "unknown".to_owned());
         let fallbacks = fallbacks(&mut read);
         let user_text = read.text("AGENT_SANDBOX_USER").unwrap_or_else(|| "1000:1000".to_owned());
-        let sandbox_user = user_text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+        let sandbox_user =
+            user_text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
         let sandbox_user = match sandbox_user {
             Some((uid @ 1.., gid @ 1..)) => (uid, gid),
             _ => {
@@ -239,7 +250,9 @@ impl Config {
             }
         };
         if read.text("DISABLE_BWRAP").is_some_and(|value| value != "false" && value != "0") {
-            warnings.push("DISABLE_BWRAP is set and has no effect: this agent never runs code without a sandbox".to_owned());
+            warnings.push(
+                "DISABLE_BWRAP is set and has no effect: this agent never runs code without a sandbox".to_owned(),
+            );
         }
         let state_dir = state_dir(&mut read, &mut warnings);
         let workspace = workspace(&mut read, &state_dir);
@@ -267,7 +280,9 @@ impl Config {
             keep_results: read.number("AGENT_KEEP_RESULTS", 0, 1_000_000) as usize,
             python: read.text("AGENT_PYTHON").map(PathBuf::from),
             shell: read.text("AGENT_SHELL").map_or_else(|| PathBuf::from("/bin/bash"), PathBuf::from),
-            packages: read.text("AGENT_PACKAGES_PATH").map_or_else(|| PathBuf::from("/opt/sandbox-venv"), PathBuf::from),
+            packages: read
+                .text("AGENT_PACKAGES_PATH")
+                .map_or_else(|| PathBuf::from("/opt/sandbox-venv"), PathBuf::from),
             path: read.text("PATH").unwrap_or_else(|| isolation::profile::PATH_INSIDE.to_owned()),
             capture_bytes: read.number("AGENT_CAPTURE_BYTES", 1024, 1 << 30) as usize,
             callback_text_bytes: read.number("AGENT_CALLBACK_TEXT_BYTES", 1024, 1 << 24) as usize,
@@ -318,7 +333,9 @@ fn state_dir(read: &mut Reader, warnings: &mut Vec<String>) -> PathBuf {
         return found;
     }
     match private_folder(&last) {
-        Ok(()) => warnings.push(format!("results are kept in {}, which may not outlive this container", last.display())),
+        Ok(()) => {
+            warnings.push(format!("results are kept in {}, which may not outlive this container", last.display()))
+        }
         Err(error) => {
             read.refuse("STATE_DIR", last.display().to_string(), format!("no folder for results can be had: {error}"));
         }

@@ -98,7 +98,9 @@ fn supervise(wipe_environment: fn()) -> Result<u8, InitError> {
                 }
             }
             // It can only fail if the agent changed its user; then there is nobody to tell.
-            signal => drop(kill(agent, signal)),
+            signal => {
+                let _ = kill(agent, signal);
+            }
         }
     }
 }
@@ -167,14 +169,8 @@ mod tests {
         let pid = Pid::from_raw(7);
         assert_eq!(exit_code(WaitStatus::Exited(pid, 0)), Some(0));
         assert_eq!(exit_code(WaitStatus::Exited(pid, 255)), Some(255));
-        assert_eq!(
-            exit_code(WaitStatus::Signaled(pid, Signal::SIGKILL, false)),
-            Some(137)
-        );
-        assert_eq!(
-            exit_code(WaitStatus::Signaled(pid, Signal::SIGSEGV, true)),
-            Some(139)
-        );
+        assert_eq!(exit_code(WaitStatus::Signaled(pid, Signal::SIGKILL, false)), Some(137));
+        assert_eq!(exit_code(WaitStatus::Signaled(pid, Signal::SIGSEGV, true)), Some(139));
         assert_eq!(exit_code(WaitStatus::Continued(pid)), None);
     }
 

@@ -29,24 +29,14 @@ impl Capture {
         if rest.len() > self.half {
             rest = &rest[rest.len() - self.half..];
         }
-        let (growing, wrapping) = rest.split_at(rest.len().min(self.half - self.tail.len()));
+        let (growing, mut wrapping) = rest.split_at(rest.len().min(self.half - self.tail.len()));
         self.tail.extend_from_slice(growing);
-        for part in wrapping.chunks(self.half - self.oldest.min(self.half - 1)) {
-            let mut part = part;
-            while !part.is_empty() {
-                let room = self.half - self.oldest;
-                let (now, later) = part.split_at(part.len().min(room));
-                self.tail[self.oldest..self.oldest + now.len()].copy_from_slice(now);
-                self.oldest = (self.oldest + now.len()) % self.half;
-                part = later;
-            }
+        while !wrapping.is_empty() {
+            let (now, later) = wrapping.split_at(wrapping.len().min(self.half - self.oldest));
+            self.tail[self.oldest..self.oldest + now.len()].copy_from_slice(now);
+            self.oldest = (self.oldest + now.len()) % self.half;
+            wrapping = later;
         }
-    }
-
-    /// Bytes printed in all.
-    #[must_use]
-    pub fn total(&self) -> u64 {
-        self.total
     }
 
     /// Puts the kept bytes in order.
@@ -69,16 +59,7 @@ pub struct Captured {
     total: u64,
 }
 
-/// Room for the line that says what was left out.
-const OMISSION_LINE: usize = 80;
-
 impl Captured {
-    /// A stream that holds just this text.
-    #[must_use]
-    pub fn text_only(text: &str) -> Self {
-        Self { head: text.as_bytes().to_vec(), tail: Vec::new(), total: text.len() as u64 }
-    }
-
     /// Bytes printed in all.
     #[must_use]
     pub fn total(&self) -> u64 {
@@ -108,29 +89,34 @@ impl Captured {
         Cow::Owned(self.joined(head, tail))
     }
 
-    /// The text, cut to at most `limit` bytes of UTF-8.
-    #[must_use]
-    pub fn text_within(&self, limit: usize) -> String {
-        let text = self.text();
-        if text.len() <= limit {
-            return text.into_owned();
-        }
-        let all_valid = std::str::from_utf8(&self.head).is_ok() || self.is_truncated();
-        // A byte that is not UTF-8 becomes three.
-        let widest = if all_valid && !text.contains('\u{fffd}') { 1 } else { 3 };
-        let room = limit.saturating_sub(OMISSION_LINE) / 2 / widest;
-        let end = if self.tail.is_empty() { &self.head } else { &self.tail };
-        let head = whole_start(&self.head[..room.min(self.head.len())]);
-        let tail = whole_end(&end[end.len() - room.min(end.len())..]);
-        self.joined(head, tail)
-    }
-
     fn joined(&self, head: &[u8], tail: &[u8]) -> String {
         let omitted = self.total - (head.len() + tail.len()) as u64;
-        let (head, tail) = (String::from_utf8_lossy(head), String::from_utf8_lossy(tail));
-        let line_break = if head.ends_with('\n') { "" } else { "\n" };
-        format!("{head}{line_break}[... {omitted} bytes left out ...]\n{tail}")
+        join(&String::from_utf8_lossy(head), omitted, &String::from_utf8_lossy(tail))
     }
+}
+
+/// Head and tail with the one line between them that says how much was left out.
+fn join(head: &str, omitted: u64, tail: &str) -> String {
+    let line_break = if head.is_empty() || head.ends_with('\n') { "" } else { "\n" };
+    format!("{head}{line_break}[... {omitted} bytes left out ...]\n{tail}")
+}
+
+/// Room for that line.
+const OMISSION_LINE: usize = 80;
+
+/// Cuts text to at most `limit` bytes: its head and its tail, with a line between them. `total` is how long the stream was
+/// that the text was kept from, in bytes.
+#[must_use]
+pub fn fit(text: &str, total: u64, limit: usize) -> Cow<'_, str> {
+    if text.len() <= limit {
+        return Cow::Borrowed(text);
+    }
+    let half = limit.saturating_sub(OMISSION_LINE) / 2;
+    let head = &text[..text.floor_char_boundary(half)];
+    let tail = &text[text.ceil_char_boundary(text.len() - half)..];
+    let kept = (head.len() + tail.len()) as u64;
+    // Text of bytes that were not UTF-8 is longer than the stream was.
+    Cow::Owned(join(head, total.max(text.len() as u64) - kept, tail))
 }
 
 /// Without a character that was cut at the end.
@@ -138,7 +124,13 @@ fn whole_start(bytes: &[u8]) -> &[u8] {
     for back in 1..=3.min(bytes.len()) {
         let byte = bytes[bytes.len() - back];
         if byte >= 0xC0 {
-            let needed = if byte >= 0xF0 { 4 } else if byte >= 0xE0 { 3 } else { 2 };
+            let needed = if byte >= 0xF0 {
+                4
+            } else if byte >= 0xE0 {
+                3
+            } else {
+                2
+            };
             return if needed > back { &bytes[..bytes.len() - back] } else { bytes };
         }
         if byte < 0x80 {
@@ -233,19 +225,18 @@ mod tests {
     #[test]
     fn cut_text_names_what_is_missing_and_keeps_characters_whole() {
         let text = "ä".repeat(5000);
-        let captured = captured(1 << 20, &[text.as_bytes()]);
         for limit in [1024, 1025, 1026, 4097] {
-            let cut = captured.text_within(limit);
+            let cut = fit(&text, text.len() as u64, limit);
             assert!(cut.len() <= limit, "{} > {limit}", cut.len());
             assert!(!cut.contains('\u{fffd}'));
-            assert!(cut.contains("bytes left out"));
+            assert_eq!(cut.lines().filter(|line| line.contains("bytes left out")).count(), 1);
         }
     }
 
     #[test]
-    fn bytes_that_are_not_text_fit_as_well() {
-        let captured = captured(1 << 20, &[&[0xFF; 100_000]]);
-        assert!(captured.text_within(65_535).len() <= 65_535);
-        assert_eq!(captured.exact_bytes().map(|bytes| bytes.len()), Some(100_000));
+    fn characters_that_the_capture_cut_are_dropped_whole() {
+        let captured = captured(11, &["ä".repeat(50).as_bytes()]);
+        assert!(!captured.text().contains('\u{fffd}'), "{}", captured.text());
+        assert!(captured.exact_bytes().is_none());
     }
 }

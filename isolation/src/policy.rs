@@ -224,7 +224,8 @@ mod tests {
         for wide in ["/", "/root", "/home", "/home/ada", "/etc", "/etc/python", "/tmp", "/proc/1/root", "/var"] {
             assert!(is_too_wide(Path::new(wide)), "{wide}");
         }
-        for fine in ["/root/.pyenv/versions/3.11.7", "/home/ada/.local/share/uv/python/x", "/opt/python", "/usr/local"] {
+        for fine in ["/root/.pyenv/versions/3.11.7", "/home/ada/.local/share/uv/python/x", "/opt/python", "/usr/local"]
+        {
             assert!(!is_too_wide(Path::new(fine)), "{fine}");
         }
     }

@@ -48,7 +48,11 @@ pub fn examine(launcher: &Result<Launcher, SetupError>, layout: &Layout, fallbac
     let launcher = match launcher {
         Ok(launcher) => launcher,
         Err(error) => {
-            return vec![Finding::bad("bubblewrap", error.to_string(), "install bubblewrap 0.8 or later (package bubblewrap)")];
+            return vec![Finding::bad(
+                "bubblewrap",
+                error.to_string(),
+                "install bubblewrap 0.8 or later (package bubblewrap)",
+            )];
         }
     };
     let mut findings = vec![Finding::good("bubblewrap", format!("release {}", launcher.version()))];
@@ -124,7 +128,12 @@ fn layers_seen(seen: &Seen, fallbacks: Fallbacks) -> Vec<Finding> {
     let locked = field("NoNewPrivs");
     findings.push(expect("no_new_privs", locked == "1", "set", format!("NoNewPrivs is {locked:?}")));
     let uid = field("Uid");
-    findings.push(expect("user inside", !uid.starts_with('0') && !uid.is_empty(), "not root", format!("Uid is {uid:?}")));
+    findings.push(expect(
+        "user inside",
+        !uid.starts_with('0') && !uid.is_empty(),
+        "not root",
+        format!("Uid is {uid:?}"),
+    ));
     findings.push(if fallbacks.nested_user_namespaces {
         Finding::good("nested user namespaces", "refused by seccomp alone (fallback nested-userns)")
     } else {
@@ -199,10 +208,13 @@ fn remedy(step: &str, errno: nix::errno::Errno) -> String {
     let apparmor = "give the container an AppArmor profile with userns, mount and pivot_root (docker: --security-opt \
                     apparmor=unconfined), on Ubuntu 23.10 and later also for /usr/bin/bwrap on the host";
     match (step, errno) {
-        (_, Errno::ENOSPC) => "raise user.max_user_namespaces on the host (sysctl -w user.max_user_namespaces=10000)".to_owned(),
+        (_, Errno::ENOSPC) => {
+            "raise user.max_user_namespaces on the host (sysctl -w user.max_user_namespaces=10000)".to_owned()
+        }
         (_, Errno::EACCES) => apparmor.to_owned(),
         ("mapping user ids", _) => {
-            "run the agent as uid 1000 instead of root, or add the capability SETFCAP; on Ubuntu: ".to_owned() + apparmor
+            "run the agent as uid 1000 instead of root, or add the capability SETFCAP; on Ubuntu: ".to_owned()
+                + apparmor
         }
         _ if Path::new("/proc/sys/kernel/unprivileged_userns_clone").exists() => {
             format!("{seccomp}; on this kernel also: sysctl -w kernel.unprivileged_userns_clone=1")

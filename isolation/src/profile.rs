@@ -14,9 +14,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::policy::{
-    DataFile, INSIDE_ID, Limits, Policy, ProcMount, SystemPath, WORKSPACE_INSIDE, WorkspaceMount,
-};
+use crate::policy::{DataFile, INSIDE_ID, Limits, Policy, ProcMount, SystemPath, WORKSPACE_INSIDE, WorkspaceMount};
 
 /// What a program finds on `PATH` when nothing else is asked for.
 pub const PATH_INSIDE: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

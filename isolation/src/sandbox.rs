@@ -329,7 +329,8 @@ impl Launcher {
             // Opening /dev/stdout inside opens the pipe anew, which asks for its owner.
             for pipe in [&stdout_inside, &stderr_inside] {
                 let (uid, gid) = (user.uid.into(), user.gid.into());
-                nix::unistd::fchown(pipe, Some(uid), Some(gid)).map_err(errno("giving a pipe to the sandbox's user"))?;
+                nix::unistd::fchown(pipe, Some(uid), Some(gid))
+                    .map_err(errno("giving a pipe to the sandbox's user"))?;
             }
         }
 
@@ -378,9 +379,9 @@ impl Launcher {
                 let message = sandbox.setup_message();
                 drop(sandbox);
                 Err(match error {
-                    SetupError::Bubblewrap { message: plain } => SetupError::Bubblewrap {
-                        message: if message.is_empty() { plain } else { message },
-                    },
+                    SetupError::Bubblewrap { message: plain } => {
+                        SetupError::Bubblewrap { message: if message.is_empty() { plain } else { message } }
+                    }
                     other => other,
                 })
             }
@@ -445,8 +446,7 @@ impl Launcher {
         let mut veils = Vec::new();
         for path in system.chain(&policy.read_only).chain([&policy.workspace.host]) {
             let Some(cover) = first_closed_folder(path, user) else { continue };
-            let out_of_reach =
-                || SetupError::OutOfReach { path: path.clone(), cover: cover.to_owned(), uid: user.uid };
+            let out_of_reach = || SetupError::OutOfReach { path: path.clone(), cover: cover.to_owned(), uid: user.uid };
             if !crate::caps::can_mount() || veils.len() == sys::MAX_VEILS {
                 return Err(out_of_reach());
             }
@@ -897,7 +897,8 @@ fn set_nonblocking(fd: &OwnedFd) -> Result<(), SetupError> {
 /// A file in memory that holds the bytes and stands at its start.
 fn sealed(name: &std::ffi::CStr, bytes: &[u8]) -> Result<OwnedFd, SetupError> {
     use std::io::{Seek, Write};
-    let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC).map_err(errno("memfd_create"))?;
+    let fd =
+        nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC).map_err(errno("memfd_create"))?;
     let mut file = fs::File::from(fd);
     file.write_all(bytes).and_then(|()| file.rewind()).map_err(system("filling a memory file"))?;
     Ok(file.into())

@@ -164,21 +164,10 @@ pub fn compile_for(profile_json: &str, arch: &str) -> Result<Compiled, SeccompEr
         }
         let bytes = serialize(&filter.compile(arch)?);
         digest.update(&bytes);
-        programs.push(Program {
-            name: filter.name.clone(),
-            bytes,
-        });
+        programs.push(Program { name: filter.name.clone(), bytes });
     }
-    let sha256 = digest
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    Ok(Compiled {
-        name: profile.name,
-        programs,
-        sha256,
-    })
+    let sha256 = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Compiled { name: profile.name, programs, sha256 })
 }
 
 /// A profile file.
@@ -272,18 +261,13 @@ impl Filter {
             if rule.names.is_empty() || rule.arch.as_ref().is_some_and(Vec::is_empty) {
                 return Err(self.fault(index, RuleFault::NoNames));
             }
-            let conditions = rule
-                .conditions()
-                .map_err(|reason| self.fault(index, reason))?;
+            let conditions = rule.conditions().map_err(|reason| self.fault(index, reason))?;
             if rule.arch.as_ref().is_some_and(|only| !only.contains(&arch)) {
                 continue;
             }
             for name in &rule.names {
                 let unconditional = conditions.is_none();
-                if seen
-                    .insert(name, unconditional)
-                    .is_some_and(|before| before || unconditional)
-                {
+                if seen.insert(name, unconditional).is_some_and(|before| before || unconditional) {
                     return Err(self.fault(index, RuleFault::RepeatedName(name.clone())));
                 }
                 let mut translated = json!({ "syscall": name });
@@ -302,23 +286,14 @@ impl Filter {
             // The library names the system call and not the rule, in an error type that it keeps private.
             let unknown = rules.iter().find(|(_, name, _)| !is_known(arch, name));
             match unknown {
-                Some((index, name, _)) => {
-                    self.fault(*index, RuleFault::UnknownName((*name).clone()))
-                }
-                None => SeccompError::Compile {
-                    filter: self.name.clone(),
-                    source,
-                },
+                Some((index, name, _)) => self.fault(*index, RuleFault::UnknownName((*name).clone())),
+                None => SeccompError::Compile { filter: self.name.clone(), source },
             }
         })
     }
 
     fn fault(&self, rule: usize, reason: RuleFault) -> SeccompError {
-        SeccompError::Rule {
-            filter: self.name.clone(),
-            rule,
-            reason,
-        }
+        SeccompError::Rule { filter: self.name.clone(), rule, reason }
     }
 }
 
@@ -328,11 +303,7 @@ impl Rule {
         match &self.args {
             None => Ok(None),
             Some(args) if args.is_empty() => Err(RuleFault::NoConditions),
-            Some(args) => args
-                .iter()
-                .map(Condition::translate)
-                .collect::<Result<_, _>>()
-                .map(Some),
+            Some(args) => args.iter().map(Condition::translate).collect::<Result<_, _>>().map(Some),
         }
     }
 }
@@ -394,21 +365,12 @@ fn build(
     });
     let text = json!({ "filter": filter }).to_string();
     let programs = compile_from_json(text.as_bytes(), arch)?;
-    programs
-        .into_values()
-        .next()
-        .ok_or(seccompiler::Error::EmptyFilter)
+    programs.into_values().next().ok_or(seccompiler::Error::EmptyFilter)
 }
 
 /// Whether the library's table has the name.
 fn is_known(arch: Arch, name: &str) -> bool {
-    build(
-        arch,
-        Action::Allow,
-        Action::NotImplemented,
-        &json!([{ "syscall": name }]),
-    )
-    .is_ok()
+    build(arch, Action::Allow, Action::NotImplemented, &json!([{ "syscall": name }])).is_ok()
 }
 
 /// Lays a program out as the kernel reads it.
@@ -453,26 +415,14 @@ mod tests {
             for arch in ARCHES {
                 let compiled = shipped(name, arch);
                 assert_eq!(compiled.name, name);
-                let names: Vec<_> = compiled
-                    .programs
-                    .iter()
-                    .map(|program| program.name.as_str())
-                    .collect();
+                let names: Vec<_> = compiled.programs.iter().map(|program| program.name.as_str()).collect();
                 assert_eq!(names, ["known", "forbidden", "families", "protocols"]);
-                assert!(
-                    compiled
-                        .programs
-                        .iter()
-                        .all(|program| program.bytes.len().is_multiple_of(8))
-                );
+                assert!(compiled.programs.iter().all(|program| program.bytes.len().is_multiple_of(8)));
                 assert_eq!(compiled.sha256.len(), 64);
                 assert_eq!(compiled, shipped(name, arch));
             }
         }
-        assert_ne!(
-            shipped("execute", "x86_64").sha256,
-            shipped("execute", "aarch64").sha256
-        );
+        assert_ne!(shipped("execute", "x86_64").sha256, shipped("execute", "aarch64").sha256);
         assert_eq!(embedded("Execute"), None);
     }
 
@@ -481,18 +431,11 @@ mod tests {
         let [execute, install]: [Profile; 2] =
             PROFILES.map(|name| serde_json::from_str(embedded(name).unwrap()).unwrap());
         let known = |profile: &Profile| -> BTreeSet<String> {
-            profile.filters[0]
-                .rules
-                .iter()
-                .flat_map(|rule| rule.names.clone())
-                .collect()
+            profile.filters[0].rules.iter().flat_map(|rule| rule.names.clone()).collect()
         };
         assert!(known(&install).is_subset(&known(&execute)));
         for arch in ARCHES {
-            assert_eq!(
-                shipped("execute", arch).programs[1..],
-                shipped("install", arch).programs[1..]
-            );
+            assert_eq!(shipped("execute", arch).programs[1..], shipped("install", arch).programs[1..]);
         }
     }
 
@@ -535,14 +478,8 @@ mod tests {
         for (slot, arg) in data[16..].chunks_exact_mut(8).zip(args) {
             slot.copy_from_slice(&arg.to_le_bytes());
         }
-        let answers = compiled
-            .programs
-            .iter()
-            .map(|program| interpret(&instructions(program), &data));
-        answers
-            .rev()
-            .min_by_key(|answer| (answer & libc::SECCOMP_RET_ACTION_FULL) as i32)
-            .unwrap()
+        let answers = compiled.programs.iter().map(|program| interpret(&instructions(program), &data));
+        answers.rev().min_by_key(|answer| (answer & libc::SECCOMP_RET_ACTION_FULL) as i32).unwrap()
     }
 
     const AUDIT_I386: u32 = 0x4000_0003;
@@ -554,67 +491,52 @@ mod tests {
         // Number on x86_64, number on aarch64, arguments, answer.
         let any = [0; 6];
         let cases: &[(u32, u32, [u64; 6], u32)] = &[
-            (0, 63, any, ALLOWED),                                          // read
-            (61, 260, any, ALLOWED),                                        // wait4
-            (231, 94, any, ALLOWED),                                        // exit_group
-            (157, 167, [22, 2, 0, 0, 0, 0], ALLOWED),                       // prctl PR_SET_SECCOMP
-            (157, 167, [35, 0, 0, 0, 0, 0], errno(libc::EPERM)),            // prctl PR_SET_MM
-            (157, 167, [0x1_0000_0023, 0, 0, 0, 0, 0], errno(libc::EPERM)), // high bits set
-            (56, 220, [17, 0, 0, 0, 0, 0], ALLOWED),                        // clone as fork
-            (56, 220, [0x3d_0f00, 0, 0, 0, 0, 0], ALLOWED),                 // clone as thread
-            (56, 220, [0x1000_0011, 0, 0, 0, 0, 0], errno(libc::EPERM)),    // NEWUSER
-            (56, 220, [0x0002_0011, 0, 0, 0, 0, 0], errno(libc::EPERM)),    // NEWNS
-            (435, 435, any, errno(libc::ENOSYS)),                           // clone3
-            (425, 425, any, errno(libc::ENOSYS)),                           // io_uring_setup
-            (437, 437, any, errno(libc::ENOSYS)),                           // openat2
-            (428, 428, any, errno(libc::ENOSYS)),                           // open_tree
-            (9999, 9999, any, errno(libc::ENOSYS)),                         // of the future
-            (272, 97, any, errno(libc::EPERM)),                             // unshare
-            (41, 198, [1, 1, 0, 0, 0, 0], ALLOWED),                         // unix
-            (41, 198, [10, 2 | 0o2_000_000, 17, 0, 0, 0], ALLOWED),         // inet6 udp
-            (41, 198, [16, 3 | 0o2_000_000, 0, 0, 0, 0], ALLOWED),          // route
-            (41, 198, [16, 3, 12, 0, 0, 0], errno(libc::EAFNOSUPPORT)),     // netfilter
-            (41, 198, [40, 1, 0, 0, 0, 0], errno(libc::EAFNOSUPPORT)),      // vsock
-            (
-                41,
-                198,
-                [1 << 32 | 40, 1, 0, 0, 0, 0],
-                errno(libc::EAFNOSUPPORT),
-            ), // high bits set
-            (41, 198, [17, 3, 0, 0, 0, 0], errno(libc::EAFNOSUPPORT)),      // packet
-            (41, 198, [2, 3 | 0o4_000, 1, 0, 0, 0], errno(libc::EPERM)),    // raw
-            (41, 198, [2, 1, 132, 0, 0, 0], errno(libc::EPROTONOSUPPORT)),  // sctp
-            (41, 198, [10, 1, 262, 0, 0, 0], errno(libc::EPROTONOSUPPORT)), // mptcp
-            (16, 29, [0, 0x5412, 0, 0, 0, 0], errno(libc::EPERM)),          // TIOCSTI
-            (
-                16,
-                29,
-                [0, 0xffff_ffff_0000_5412, 0, 0, 0, 0],
-                errno(libc::EPERM),
-            ), // high bits set
-            (16, 29, [0, 0x541b, 0, 0, 0, 0], ALLOWED),                     // FIONREAD
-            (259, 33, [0, 0, 0o020_666, 0, 0, 0], errno(libc::EPERM)),      // mknodat S_IFCHR
-            (259, 33, [0, 0, 0o060_666, 0, 0, 0], errno(libc::EPERM)),      // mknodat S_IFBLK
-            (259, 33, [0, 0, 0o010_666, 0, 0, 0], ALLOWED),                 // mknodat S_IFIFO
-            (259, 33, [0, 0, 0o140_666, 0, 0, 0], ALLOWED),                 // mknodat S_IFSOCK
-            (257, 56, [0, 0, 0x41, 0o4_755, 0, 0], errno(libc::EPERM)),     // openat O_CREAT
-            (257, 56, [0, 0, 0, 0o4_755, 0, 0], ALLOWED),                   // mode unused
-            (135, 92, [0xffff_ffff, 0, 0, 0, 0, 0], ALLOWED),               // personality
-            (135, 92, [0x0004_0000, 0, 0, 0, 0, 0], errno(libc::EPERM)),    // no ASLR
-            (302, 261, [0, 7, 0, 0, 0, 0], ALLOWED),                        // prlimit64 self
-            (302, 261, [1, 7, 0, 0, 0, 0], errno(libc::EPERM)),             // prlimit64 init
+            (0, 63, any, ALLOWED),                                                // read
+            (61, 260, any, ALLOWED),                                              // wait4
+            (231, 94, any, ALLOWED),                                              // exit_group
+            (157, 167, [22, 2, 0, 0, 0, 0], ALLOWED),                             // prctl PR_SET_SECCOMP
+            (157, 167, [35, 0, 0, 0, 0, 0], errno(libc::EPERM)),                  // prctl PR_SET_MM
+            (157, 167, [0x1_0000_0023, 0, 0, 0, 0, 0], errno(libc::EPERM)),       // high bits set
+            (56, 220, [17, 0, 0, 0, 0, 0], ALLOWED),                              // clone as fork
+            (56, 220, [0x3d_0f00, 0, 0, 0, 0, 0], ALLOWED),                       // clone as thread
+            (56, 220, [0x1000_0011, 0, 0, 0, 0, 0], errno(libc::EPERM)),          // NEWUSER
+            (56, 220, [0x0002_0011, 0, 0, 0, 0, 0], errno(libc::EPERM)),          // NEWNS
+            (435, 435, any, errno(libc::ENOSYS)),                                 // clone3
+            (425, 425, any, errno(libc::ENOSYS)),                                 // io_uring_setup
+            (437, 437, any, errno(libc::ENOSYS)),                                 // openat2
+            (428, 428, any, errno(libc::ENOSYS)),                                 // open_tree
+            (9999, 9999, any, errno(libc::ENOSYS)),                               // of the future
+            (272, 97, any, errno(libc::EPERM)),                                   // unshare
+            (41, 198, [1, 1, 0, 0, 0, 0], ALLOWED),                               // unix
+            (41, 198, [10, 2 | 0o2_000_000, 17, 0, 0, 0], ALLOWED),               // inet6 udp
+            (41, 198, [16, 3 | 0o2_000_000, 0, 0, 0, 0], ALLOWED),                // route
+            (41, 198, [16, 3, 12, 0, 0, 0], errno(libc::EAFNOSUPPORT)),           // netfilter
+            (41, 198, [40, 1, 0, 0, 0, 0], errno(libc::EAFNOSUPPORT)),            // vsock
+            (41, 198, [1 << 32 | 40, 1, 0, 0, 0, 0], errno(libc::EAFNOSUPPORT)),  // high bits set
+            (41, 198, [17, 3, 0, 0, 0, 0], errno(libc::EAFNOSUPPORT)),            // packet
+            (41, 198, [2, 3 | 0o4_000, 1, 0, 0, 0], errno(libc::EPERM)),          // raw
+            (41, 198, [2, 1, 132, 0, 0, 0], errno(libc::EPROTONOSUPPORT)),        // sctp
+            (41, 198, [10, 1, 262, 0, 0, 0], errno(libc::EPROTONOSUPPORT)),       // mptcp
+            (16, 29, [0, 0x5412, 0, 0, 0, 0], errno(libc::EPERM)),                // TIOCSTI
+            (16, 29, [0, 0xffff_ffff_0000_5412, 0, 0, 0, 0], errno(libc::EPERM)), // high bits set
+            (16, 29, [0, 0x541b, 0, 0, 0, 0], ALLOWED),                           // FIONREAD
+            (259, 33, [0, 0, 0o020_666, 0, 0, 0], errno(libc::EPERM)),            // mknodat S_IFCHR
+            (259, 33, [0, 0, 0o060_666, 0, 0, 0], errno(libc::EPERM)),            // mknodat S_IFBLK
+            (259, 33, [0, 0, 0o010_666, 0, 0, 0], ALLOWED),                       // mknodat S_IFIFO
+            (259, 33, [0, 0, 0o140_666, 0, 0, 0], ALLOWED),                       // mknodat S_IFSOCK
+            (257, 56, [0, 0, 0x41, 0o4_755, 0, 0], errno(libc::EPERM)),           // openat O_CREAT
+            (257, 56, [0, 0, 0, 0o4_755, 0, 0], ALLOWED),                         // mode unused
+            (135, 92, [0xffff_ffff, 0, 0, 0, 0, 0], ALLOWED),                     // personality
+            (135, 92, [0x0004_0000, 0, 0, 0, 0, 0], errno(libc::EPERM)),          // no ASLR
+            (302, 261, [0, 7, 0, 0, 0, 0], ALLOWED),                              // prlimit64 self
+            (302, 261, [1, 7, 0, 0, 0, 0], errno(libc::EPERM)),                   // prlimit64 init
         ];
         for name in PROFILES {
             let [x86_64, aarch64] = ARCHES.map(|arch| shipped(name, arch));
             for &(on_x86_64, on_aarch64, args, expected) in cases {
-                let answers = [
-                    decide(&x86_64, AUDIT_X86_64, on_x86_64, args),
-                    decide(&aarch64, AUDIT_AARCH64, on_aarch64, args),
-                ];
-                assert_eq!(
-                    answers, [expected; 2],
-                    "{name}: {on_x86_64}/{on_aarch64} {args:x?}"
-                );
+                let answers =
+                    [decide(&x86_64, AUDIT_X86_64, on_x86_64, args), decide(&aarch64, AUDIT_AARCH64, on_aarch64, args)];
+                assert_eq!(answers, [expected; 2], "{name}: {on_x86_64}/{on_aarch64} {args:x?}");
             }
         }
     }
@@ -626,15 +548,9 @@ mod tests {
         for number in 0..600 {
             assert_eq!(decide(&compiled, AUDIT_I386, number, [0; 6]), KILLED);
             // What `forbidden` refuses needs no mention here: it knows no x32 number, so `known` must refuse all.
-            assert_eq!(
-                decide(&compiled, AUDIT_X86_64, x32 | number, [0; 6]),
-                errno(libc::ENOSYS)
-            );
+            assert_eq!(decide(&compiled, AUDIT_X86_64, x32 | number, [0; 6]), errno(libc::ENOSYS));
         }
-        assert_eq!(
-            decide(&shipped("execute", "aarch64"), AUDIT_X86_64, 63, [0; 6]),
-            KILLED
-        );
+        assert_eq!(decide(&shipped("execute", "aarch64"), AUDIT_X86_64, 63, [0; 6]), KILLED);
     }
 
     // The same in the kernel.
@@ -644,10 +560,7 @@ mod tests {
     fn in_thread<T: Send>(profile: Option<&str>, calls: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                for program in profile
-                    .into_iter()
-                    .flat_map(|name| compile(embedded(name).unwrap()).unwrap().programs)
-                {
+                for program in profile.into_iter().flat_map(|name| compile(embedded(name).unwrap()).unwrap().programs) {
                     apply_filter(&instructions(&program)).unwrap();
                 }
                 calls()
@@ -659,8 +572,7 @@ mod tests {
     /// The result of a system call, or minus the error number.
     fn call(number: c_long, args: [u64; 6]) -> i64 {
         // SAFETY: the callers pass null, or pointers to strings that outlive the call.
-        let result =
-            unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], args[4], args[5]) };
+        let result = unsafe { libc::syscall(number, args[0], args[1], args[2], args[3], args[4], args[5]) };
         match result {
             -1 => -i64::from(std::io::Error::last_os_error().raw_os_error().unwrap()),
             value => value,
@@ -679,162 +591,30 @@ mod tests {
         // The last column says whether an unfiltered thread gets another answer on every host: the control.
         let cases: &[(&str, c_long, [u64; 6], i32, bool)] = &[
             ("unshare", libc::SYS_unshare, [0; 6], libc::EPERM, true),
-            (
-                "setns",
-                libc::SYS_setns,
-                [nowhere, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "clone NEWUSER",
-                libc::SYS_clone,
-                [0x1000_0000, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                false,
-            ),
+            ("setns", libc::SYS_setns, [nowhere, 0, 0, 0, 0, 0], libc::EPERM, true),
+            ("clone NEWUSER", libc::SYS_clone, [0x1000_0000, 0, 0, 0, 0, 0], libc::EPERM, false),
             ("mount", libc::SYS_mount, [0; 6], libc::EPERM, false),
-            (
-                "ptrace",
-                libc::SYS_ptrace,
-                [0x4206, me, 0, 0, 0, 0],
-                libc::EPERM,
-                false,
-            ),
-            (
-                "process_vm_readv",
-                libc::SYS_process_vm_readv,
-                [me, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "pidfd_getfd",
-                libc::SYS_pidfd_getfd,
-                [nowhere, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "keyctl",
-                libc::SYS_keyctl,
-                [u64::MAX, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "add_key",
-                libc::SYS_add_key,
-                [0, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "bpf",
-                libc::SYS_bpf,
-                [u64::MAX, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                false,
-            ),
-            (
-                "perf_event_open",
-                libc::SYS_perf_event_open,
-                [0; 6],
-                libc::EPERM,
-                false,
-            ),
-            (
-                "userfaultfd",
-                libc::SYS_userfaultfd,
-                [0; 6],
-                libc::EPERM,
-                false,
-            ),
-            (
-                "TIOCSTI",
-                libc::SYS_ioctl,
-                [nowhere, 0x5412, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "personality",
-                libc::SYS_personality,
-                [0x0004_0000, 0, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "prlimit64",
-                libc::SYS_prlimit64,
-                [me, 7, 0, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "chmod suid",
-                libc::SYS_fchmodat,
-                [cwd, at, 0o4_755, 0, 0, 0],
-                libc::EPERM,
-                true,
-            ),
-            (
-                "open suid",
-                libc::SYS_openat,
-                [cwd, at, 0x80042, 0o2_755, 0, 0],
-                libc::EPERM,
-                true,
-            ),
+            ("ptrace", libc::SYS_ptrace, [0x4206, me, 0, 0, 0, 0], libc::EPERM, false),
+            ("process_vm_readv", libc::SYS_process_vm_readv, [me, 0, 0, 0, 0, 0], libc::EPERM, true),
+            ("pidfd_getfd", libc::SYS_pidfd_getfd, [nowhere, 0, 0, 0, 0, 0], libc::EPERM, true),
+            ("keyctl", libc::SYS_keyctl, [u64::MAX, 0, 0, 0, 0, 0], libc::EPERM, true),
+            ("add_key", libc::SYS_add_key, [0, 0, 0, 0, 0, 0], libc::EPERM, true),
+            ("bpf", libc::SYS_bpf, [u64::MAX, 0, 0, 0, 0, 0], libc::EPERM, false),
+            ("perf_event_open", libc::SYS_perf_event_open, [0; 6], libc::EPERM, false),
+            ("userfaultfd", libc::SYS_userfaultfd, [0; 6], libc::EPERM, false),
+            ("TIOCSTI", libc::SYS_ioctl, [nowhere, 0x5412, 0, 0, 0, 0], libc::EPERM, true),
+            ("personality", libc::SYS_personality, [0x0004_0000, 0, 0, 0, 0, 0], libc::EPERM, true),
+            ("prlimit64", libc::SYS_prlimit64, [me, 7, 0, 0, 0, 0], libc::EPERM, true),
+            ("chmod suid", libc::SYS_fchmodat, [cwd, at, 0o4_755, 0, 0, 0], libc::EPERM, true),
+            ("open suid", libc::SYS_openat, [cwd, at, 0x80042, 0o2_755, 0, 0], libc::EPERM, true),
             ("clone3", libc::SYS_clone3, [0; 6], libc::ENOSYS, true),
-            (
-                "io_uring_setup",
-                libc::SYS_io_uring_setup,
-                [0; 6],
-                libc::ENOSYS,
-                true,
-            ),
-            (
-                "openat2",
-                libc::SYS_openat2,
-                [cwd, at, 0, 0, 0, 0],
-                libc::ENOSYS,
-                true,
-            ),
-            (
-                "move_mount",
-                libc::SYS_move_mount,
-                [nowhere, 0, nowhere, 0, 0, 0],
-                libc::ENOSYS,
-                true,
-            ),
-            (
-                "vsock",
-                libc::SYS_socket,
-                [40, 1, 0, 0, 0, 0],
-                libc::EAFNOSUPPORT,
-                false,
-            ),
-            (
-                "netfilter",
-                libc::SYS_socket,
-                [16, 3, 12, 0, 0, 0],
-                libc::EAFNOSUPPORT,
-                false,
-            ),
-            (
-                "raw",
-                libc::SYS_socket,
-                [2, 3, 1, 0, 0, 0],
-                libc::EPERM,
-                false,
-            ),
-            (
-                "sctp",
-                libc::SYS_socket,
-                [2, 1, 132, 0, 0, 0],
-                libc::EPROTONOSUPPORT,
-                false,
-            ),
+            ("io_uring_setup", libc::SYS_io_uring_setup, [0; 6], libc::ENOSYS, true),
+            ("openat2", libc::SYS_openat2, [cwd, at, 0, 0, 0, 0], libc::ENOSYS, true),
+            ("move_mount", libc::SYS_move_mount, [nowhere, 0, nowhere, 0, 0, 0], libc::ENOSYS, true),
+            ("vsock", libc::SYS_socket, [40, 1, 0, 0, 0, 0], libc::EAFNOSUPPORT, false),
+            ("netfilter", libc::SYS_socket, [16, 3, 12, 0, 0, 0], libc::EAFNOSUPPORT, false),
+            ("raw", libc::SYS_socket, [2, 3, 1, 0, 0, 0], libc::EPERM, false),
+            ("sctp", libc::SYS_socket, [2, 1, 132, 0, 0, 0], libc::EPROTONOSUPPORT, false),
         ];
         for &(name, number, args, expected, telling) in cases {
             for profile in PROFILES {
@@ -843,11 +623,7 @@ mod tests {
             }
             if telling {
                 let answer = in_thread(None, || call(number, args));
-                assert_ne!(
-                    answer,
-                    -i64::from(expected),
-                    "{name} without filters proves nothing"
-                );
+                assert_ne!(answer, -i64::from(expected), "{name} without filters proves nothing");
             }
         }
         std::fs::remove_file(folder).unwrap();
@@ -861,22 +637,10 @@ mod tests {
         let (fifo_at, file_at) = (fifo.as_ptr() as u64, file.as_ptr() as u64);
         let cwd = libc::AT_FDCWD as u64;
         let cases: &[(&str, c_long, [u64; 6])] = &[
-            (
-                "create",
-                libc::SYS_openat,
-                [cwd, file_at, 0x80042, 0o644, 0, 0],
-            ),
-            (
-                "reopen, garbage as mode",
-                libc::SYS_openat,
-                [cwd, file_at, 0x80000, 0o4_755, 0, 0],
-            ),
+            ("create", libc::SYS_openat, [cwd, file_at, 0x80042, 0o644, 0, 0]),
+            ("reopen, garbage as mode", libc::SYS_openat, [cwd, file_at, 0x80000, 0o4_755, 0, 0]),
             ("chmod", libc::SYS_fchmodat, [cwd, file_at, 0o600, 0, 0, 0]),
-            (
-                "mkfifo",
-                libc::SYS_mknodat,
-                [cwd, fifo_at, 0o010_600, 0, 0, 0],
-            ),
+            ("mkfifo", libc::SYS_mknodat, [cwd, fifo_at, 0o010_600, 0, 0, 0]),
             ("unlink", libc::SYS_unlinkat, [cwd, file_at, 0, 0, 0, 0]),
             ("unlink", libc::SYS_unlinkat, [cwd, fifo_at, 0, 0, 0, 0]),
             ("unix", libc::SYS_socket, [1, 1 | 0x80000, 0, 0, 0, 0]),
@@ -884,11 +648,7 @@ mod tests {
             ("route", libc::SYS_socket, [16, 3 | 0x80000, 0, 0, 0, 0]),
             ("memfd", libc::SYS_memfd_create, [file_at, 1, 0, 0, 0, 0]),
             ("eventfd", libc::SYS_eventfd2, [0, 0x80000, 0, 0, 0, 0]),
-            (
-                "personality",
-                libc::SYS_personality,
-                [0xffff_ffff, 0, 0, 0, 0, 0],
-            ),
+            ("personality", libc::SYS_personality, [0xffff_ffff, 0, 0, 0, 0, 0]),
             ("prlimit64", libc::SYS_prlimit64, [0, 7, 0, 0, 0, 0]),
             ("no_new_privs", libc::SYS_prctl, [39, 0, 0, 0, 0, 0]),
         ];
@@ -900,9 +660,7 @@ mod tests {
                 }
                 let thread = std::thread::spawn(|| 41 + 1);
                 assert_eq!(thread.join().unwrap(), 42);
-                let output = std::process::Command::new("/bin/sh")
-                    .args(["-c", "(exit 3) || exit 4"])
-                    .output();
+                let output = std::process::Command::new("/bin/sh").args(["-c", "(exit 3) || exit 4"]).output();
                 assert_eq!(output.unwrap().status.code(), Some(4));
             });
         }
@@ -910,10 +668,7 @@ mod tests {
 
     fn tempfile_path(purpose: &str) -> String {
         let folder = std::env::temp_dir();
-        folder
-            .join(format!("seccomp-{}-{purpose}", std::process::id()))
-            .display()
-            .to_string()
+        folder.join(format!("seccomp-{}-{purpose}", std::process::id())).display().to_string()
     }
 
     // Profiles that are refused.
@@ -930,32 +685,21 @@ mod tests {
 
     fn fault(rules: &str) -> (usize, RuleFault) {
         match refused(rules) {
-            SeccompError::Rule {
-                filter,
-                rule,
-                reason,
-            } if filter == "second" => (rule, reason),
+            SeccompError::Rule { filter, rule, reason } if filter == "second" => (rule, reason),
             other => panic!("{other:?}"),
         }
     }
 
     fn condition(fields: &str) -> RuleFault {
-        fault(&format!(
-            r#"[{{"comment":"","names":["ioctl"],"args":[{{{fields}}}]}}]"#
-        ))
-        .1
+        fault(&format!(r#"[{{"comment":"","names":["ioctl"],"args":[{{{fields}}}]}}]"#)).1
     }
 
     #[test]
     fn faulty_rules_are_refused_by_place_and_name() {
-        let unknown =
-            r#"[{"comment":"","names":["read"]},{"comment":"","names":["write","raed"]}]"#;
+        let unknown = r#"[{"comment":"","names":["read"]},{"comment":"","names":["write","raed"]}]"#;
         assert_eq!(fault(unknown), (1, RuleFault::UnknownName("raed".into())));
         let message = refused(unknown).to_string();
-        assert_eq!(
-            message,
-            r#"seccomp filter "second", rule 1: unknown system call "raed""#
-        );
+        assert_eq!(message, r#"seccomp filter "second", rule 1: unknown system call "raed""#);
 
         let twice = RuleFault::RepeatedName("read".into());
         let plain = r#"{"comment":"","names":["read"]}"#;
@@ -966,71 +710,29 @@ mod tests {
         let twice = RuleFault::RepeatedName("read".into());
         assert_eq!(fault(&format!("[{narrow},{plain}]")), (1, twice));
 
-        assert_eq!(
-            fault(r#"[{"comment":"","names":[]}]"#),
-            (0, RuleFault::NoNames)
-        );
-        assert_eq!(
-            fault(r#"[{"comment":"","names":["read"],"arch":[]}]"#),
-            (0, RuleFault::NoNames)
-        );
-        assert_eq!(
-            fault(r#"[{"comment":"","names":["read"],"args":[]}]"#),
-            (0, RuleFault::NoConditions)
-        );
-        assert_eq!(
-            condition(r#""index":6,"width":32,"op":"eq","value":1"#),
-            RuleFault::Argument(6)
-        );
-        assert_eq!(
-            condition(r#""index":0,"width":16,"op":"eq","value":1"#),
-            RuleFault::Width(16)
-        );
-        assert_eq!(
-            condition(r#""index":0,"width":32,"op":"eq","value":4294967296"#),
-            RuleFault::Value(32)
-        );
-        assert_eq!(
-            condition(r#""index":0,"width":32,"op":"eq","mask":1,"value":1"#),
-            RuleFault::Mask
-        );
-        assert_eq!(
-            condition(r#""index":0,"width":32,"op":"masked_eq","value":1"#),
-            RuleFault::Mask
-        );
-        assert_eq!(
-            condition(r#""index":0,"width":32,"op":"masked_eq","mask":1,"value":2"#),
-            RuleFault::OutsideMask
-        );
+        assert_eq!(fault(r#"[{"comment":"","names":[]}]"#), (0, RuleFault::NoNames));
+        assert_eq!(fault(r#"[{"comment":"","names":["read"],"arch":[]}]"#), (0, RuleFault::NoNames));
+        assert_eq!(fault(r#"[{"comment":"","names":["read"],"args":[]}]"#), (0, RuleFault::NoConditions));
+        assert_eq!(condition(r#""index":6,"width":32,"op":"eq","value":1"#), RuleFault::Argument(6));
+        assert_eq!(condition(r#""index":0,"width":16,"op":"eq","value":1"#), RuleFault::Width(16));
+        assert_eq!(condition(r#""index":0,"width":32,"op":"eq","value":4294967296"#), RuleFault::Value(32));
+        assert_eq!(condition(r#""index":0,"width":32,"op":"eq","mask":1,"value":1"#), RuleFault::Mask);
+        assert_eq!(condition(r#""index":0,"width":32,"op":"masked_eq","value":1"#), RuleFault::Mask);
+        assert_eq!(condition(r#""index":0,"width":32,"op":"masked_eq","mask":1,"value":2"#), RuleFault::OutsideMask);
     }
 
     #[test]
     fn faulty_profiles_are_refused() {
         let good = embedded("execute").unwrap();
-        assert!(matches!(
-            compile_for(good, "riscv64"),
-            Err(SeccompError::Architecture(_))
-        ));
+        assert!(matches!(compile_for(good, "riscv64"), Err(SeccompError::Architecture(_))));
         let unknown_field = good.replacen(r#""match""#, r#""mach": 1, "match""#, 1);
-        assert!(matches!(
-            compile(&unknown_field),
-            Err(SeccompError::Format(_))
-        ));
+        assert!(matches!(compile(&unknown_field), Err(SeccompError::Format(_))));
         let unknown_action = good.replace("ENOSYS", "ENOENT");
-        assert!(matches!(
-            compile(&unknown_action),
-            Err(SeccompError::Format(_))
-        ));
+        assert!(matches!(compile(&unknown_action), Err(SeccompError::Format(_))));
         assert!(matches!(compile(&good[1..]), Err(SeccompError::Format(_))));
-        assert!(matches!(
-            compile(&good.replace("forbidden", "known")),
-            Err(SeccompError::RepeatedFilter(_))
-        ));
+        assert!(matches!(compile(&good.replace("forbidden", "known")), Err(SeccompError::RepeatedFilter(_))));
         let no_filters = r#"{"name":"p","description":"","filters":[]}"#;
-        assert!(matches!(
-            compile(no_filters),
-            Err(SeccompError::NoAllowList(_))
-        ));
+        assert!(matches!(compile(no_filters), Err(SeccompError::NoAllowList(_))));
         let open = r#"{"name":"p","description":"","filters":[
             {"name":"f","match":"EPERM","otherwise":"allow","rules":[{"comment":"","names":["bpf"]}]}]}"#;
         assert!(matches!(compile(open), Err(SeccompError::NoAllowList(_))));

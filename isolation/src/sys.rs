@@ -248,7 +248,8 @@ unsafe fn lay_veils(veils: &[Veil], check: &dyn Fn(usize, c_int)) {
             if veils[..index].iter().all(|earlier| earlier.cover != veil.cover) {
                 let (kind, options) = (c"tmpfs", c"mode=0755,size=1m");
                 let flags = libc::MS_NOSUID | libc::MS_NODEV;
-                let made = libc::mount(kind.as_ptr(), veil.cover.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast());
+                let made =
+                    libc::mount(kind.as_ptr(), veil.cover.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast());
                 check(COVER, made);
             }
             for folder in &veil.way {
@@ -477,7 +478,10 @@ pub(crate) fn try_primitives(user: Option<(u32, u32)>) -> Result<(), (&'static s
                 | libc::CLONE_NEWCGROUP;
             check(libc::unshare(others) == 0);
             let (root, tmp, kind) = (c"/".as_ptr(), c"/tmp".as_ptr(), c"tmpfs".as_ptr());
-            check(libc::mount(std::ptr::null(), root, std::ptr::null(), libc::MS_REC | libc::MS_SLAVE, std::ptr::null()) == 0);
+            check(
+                libc::mount(std::ptr::null(), root, std::ptr::null(), libc::MS_REC | libc::MS_SLAVE, std::ptr::null())
+                    == 0,
+            );
             check(libc::mount(kind, tmp, kind, libc::MS_NOSUID, std::ptr::null()) == 0);
             libc::mkdir(c"/tmp/old".as_ptr(), 0o755);
             check(libc::syscall(libc::SYS_pivot_root, tmp, c"/tmp/old".as_ptr()) == 0);

@@ -28,7 +28,7 @@ class Run:
     """One program, run to its end: exit code, stdout, stderr, frames."""
 
     def __init__(self, python, code, event=None, mode="handler", argv=(), limit=1 << 20, raw_event=None,
-                 request=None, files=None, slow=False, env=None, hold_stdout=True):
+                 request=None, files=None, slow=False, env=None, hold_stdout=True, parked=0):
         self.folder = tempfile.mkdtemp()
         cwd = os.path.join(self.folder, "workspace")
         os.mkdir(cwd)
@@ -78,6 +78,7 @@ class Run:
             ("stderr", process.stderr.fileno()), ("result", result)]]
         for reader in readers:
             reader.start()
+        time.sleep(parked)
         try:
             with open(ours, "wb", 0) as file:
                 while request:
@@ -564,9 +565,9 @@ class Programs:
                 import main, __main__
                 return [__name__, os.path.basename(__file__), main is __main__, main.handler is handler, sys.path[0] == os.getcwd(),
                         sys.argv, str(typing.get_type_hints(D)['x']), inspect.getsource(handler).splitlines()[0],
-                        inspect.getsource(D).splitlines()[1], pickle.loads(pickle.dumps(D([1]))) == D([1]), os.path.dirname(__file__) in sys.path,
+                        'class D:' in inspect.getsource(D), pickle.loads(pickle.dumps(D([1]))) == D([1]), os.path.dirname(__file__) in sys.path,
                         open(__file__).read() == inspect.getsource(main)]
-            """, ["main", "main.py", True, True, True, ["main.py", "-a", "b"], "typing.List[int]", "def handler(e):", "class D:", True, True, True],
+            """, ["main", "main.py", True, True, True, ["main.py", "-a", "b"], "typing.List[int]", "def handler(e):", True, True, True, True],
             argv=["-a", "b"])
 
     def test_code_folder_is_private(self):
@@ -597,6 +598,11 @@ class Programs:
             run = self.run_code(code, mode="auto")
             self.assertEqual((run.kinds, run.err), ("X", ""), code)
         self.assertEqual(self.run_code("handler = = 1", mode="auto").kinds, "DX")
+        run = self.run_code("x = 'handler' + " + " + ".join(["''"] * 900), mode="auto")
+        self.assertEqual((run.kinds, run.err), ("X", ""))
+        for code in ("def f(e): return 1\nwith open('/dev/null') as x:\n    handler = f", "def f(e): return 1\nfor handler in [f]: pass",
+                     "def f(e): return 1\na, (*b, handler) = 1, (2, f)"):
+            self.assertEqual(self.run_code(code, mode="auto").value, 1)
 
     # -- the protocol
 
@@ -605,6 +611,20 @@ class Programs:
         for size in (0, 3, 20, len(whole) - 1, len(whole), len(whole) + 3):
             run = self.run_code("", request=(whole + frame(b"G"))[:size])
             self.assertEqual((run.exit, run.out, run.err, run.kinds), (0, b"", "", ""), size)
+
+    def test_parked(self):
+        self.returns("import main\ndef handler(e): return [e, hasattr(main, 'event'), __name__]", [{"a": 1}, False, "main"], {"a": 1}, parked=0.3)
+        run = self.run_code("", request=b"", parked=0.3)
+        self.assertEqual((run.exit, run.out, run.err, run.kinds), (0, b"", "", ""))
+
+    def test_few_descriptors(self):
+        few = os.path.join(tempfile.mkdtemp(), "python")
+        with open(few, "w") as file:
+            file.write("#!/bin/sh\nulimit -n 64\nexec %s \"$@\"\n" % self.python)
+        os.chmod(few, 0o755)
+        run = Run(few, "import os\ndef handler(e):\n    os.closerange(3, 50)\n    return 1")
+        shutil.rmtree(os.path.dirname(few))
+        self.assertEqual((run.exit, run.value), (0, 1))
 
     def test_not_the_protocol(self):
         for request in (b"GET / HTTP/1.1\r\n\r\n", frame(b"Z", b""), b"C\xff\xff\xff\xff"):

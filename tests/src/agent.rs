@@ -288,7 +288,8 @@ pub fn exit_code(status: ExitStatus) -> i32 {
 }
 
 fn spawn(setup: &AgentBuilder, folder: &Path, program: &Path) -> Child {
-    let mut words = setup.launcher.iter().map(String::as_str).chain([program.to_str().expect("path in UTF-8"), "serve"]);
+    let mut words =
+        setup.launcher.iter().map(String::as_str).chain([program.to_str().expect("path in UTF-8"), "serve"]);
     let mut command = Command::new(words.next().expect("a program"));
     command.args(words).env_clear();
     command.env("HOME", std::env::var_os("HOME").unwrap_or_else(|| "/".into()));

@@ -335,7 +335,8 @@ fn serve(stream: TcpStream, shared: &Shared) {
 
 fn answer(mut stream: &TcpStream, status: u16, body: &Value) -> bool {
     let body = body.to_string();
-    let head = format!("HTTP/1.1 {status} Mock\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head =
+        format!("HTTP/1.1 {status} Mock\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all([head, body].concat().as_bytes()).is_ok()
 }
 
@@ -453,7 +454,9 @@ impl State {
         let status = body["status"].as_str().unwrap_or_default().to_owned();
         let answer = match (execution.status.as_deref(), status.as_str()) {
             (None, _) | (Some("crashed"), "failed" | "timeout") => 201,
-            (Some("crashed"), "success") => return Err((409, format!("{id}: success after crashed"))),
+            (Some("crashed"), "success") => {
+                return Err((409, format!("{id}: success after crashed")));
+            }
             (Some(before), _) if before == status => 200,
             (Some(before), _) => return Err((200, format!("{id}: {status} after {before}"))),
         };
@@ -500,7 +503,11 @@ fn check_result(body: &Value) -> Result<(), Refusal> {
     let fits = body["exit_code"].as_i64().is_some_and(|code| i32::try_from(code).is_ok());
     check(fits, 500, "exit_code doesn't fit 32 bits")?;
     check(status != "success" || body["exit_code"] == 0, 422, "success with another exit_code than 0")?;
-    check(body["execution_time"].as_f64().is_some_and(|time| time >= 0.0), 422, "execution_time is no number of seconds")?;
+    check(
+        body["execution_time"].as_f64().is_some_and(|time| time >= 0.0),
+        422,
+        "execution_time is no number of seconds",
+    )?;
     for field in ["stdout", "stderr"] {
         let text = body[field].as_str().ok_or((422, format!("{field} is no string")))?;
         check(text.len() <= TEXT_LIMIT, 500, format!("{field} has {} bytes", text.len()))?;
@@ -562,7 +569,9 @@ mod tests {
 
     fn send(mock: &ControlPlane, path: &str, body: &[u8]) -> u16 {
         let headers = [("content-type", "application/json"), ("idempotency-key", "one")];
-        http::request(mock.address, "POST", &format!("/api/v1/internal/{path}"), &headers, body).expect("an answer").status
+        http::request(mock.address, "POST", &format!("/api/v1/internal/{path}"), &headers, body)
+            .expect("an answer")
+            .status
     }
 
     fn with(field: &str, value: Value) -> Vec<u8> {

@@ -38,7 +38,9 @@ impl Message {
 
     /// Reads one message; `None` when the peer closed the connection before the first byte.
     pub fn read(reader: &mut impl BufRead) -> io::Result<Option<Self>> {
-        let Some(start_line) = read_line(reader)? else { return Ok(None) };
+        let Some(start_line) = read_line(reader)? else {
+            return Ok(None);
+        };
         let mut message = Self { start_line, ..Self::default() };
         while let Some(line) = read_line(reader)?.filter(|line| !line.is_empty()) {
             let (name, value) = line.split_once(':').ok_or_else(|| malformed("header without a colon"))?;
@@ -143,7 +145,9 @@ pub fn send_and_close(address: SocketAddr, bytes: &[u8]) -> io::Result<Option<Re
 }
 
 fn read_response(reader: &mut impl BufRead) -> io::Result<Option<Response>> {
-    let Some(message) = Message::read(reader)? else { return Ok(None) };
+    let Some(message) = Message::read(reader)? else {
+        return Ok(None);
+    };
     let status = message.start_line.split(' ').nth(1).and_then(|code| code.parse().ok());
     let status = status.ok_or_else(|| malformed("status line"))?;
     Ok(Some(Response { status, message }))

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Polls until `look` yields a value; panics with `what` when `limit` has passed.
+#[track_caller]
 pub fn for_value<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -18,11 +19,13 @@ pub fn for_value<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Optio
 }
 
 /// Polls until `condition` holds; panics with `what` when `limit` has passed.
+#[track_caller]
 pub fn until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
     for_value(what, limit, || condition().then_some(()));
 }
 
 /// Watches that `condition` holds for the whole of `span`: the only way to show that something does not happen.
+#[track_caller]
 pub fn holds_for(what: &str, span: Duration, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while start.elapsed() < span {

@@ -106,7 +106,11 @@ impl Program {
 
     /// All that is wrong with the document.
     fn judge(&self, document: &Value) -> Vec<String> {
-        self.checks.iter().filter_map(|check| check(document).err()).map(|error| format!("{}: {error}", self.name)).collect()
+        self.checks
+            .iter()
+            .filter_map(|check| check(document).err())
+            .map(|error| format!("{}: {error}", self.name))
+            .collect()
     }
 }
 
@@ -144,16 +148,23 @@ fn values_come_back_as_json() {
         Program::returning("true", "True").returns(json!(true)),
         Program::returning("integer beyond doubles", "2**53 + 1").returns(json!(9_007_199_254_740_993_u64)),
         Program::returning("integer beyond 64 bits", "10**30").returns(json!(1e30)),
-        Program::returning("floats", "[0.1, 1e-7, -0.0, 1.7976931348623157e308]")
-            .returns(json!([0.1, 1e-7, -0.0, f64::MAX])),
+        Program::returning("floats", "[0.1, 1e-7, -0.0, 1.7976931348623157e308]").returns(json!([
+            0.1,
+            1e-7,
+            -0.0,
+            f64::MAX
+        ])),
         Program::returning("text", r#""héllo ✓ 𝄞 \x00 \n \" \\""#).returns(json!("héllo ✓ 𝄞 \0 \n \" \\")),
         Program::returning("empty ones", r#"["", [], {}]"#).returns(json!(["", [], {}])),
         Program::returning("tuple", "(1, (2, 3))").returns(json!([1, [2, 3]])),
         Program::returning("numbers as keys", r#"{1: "a"}"#).returns(json!({"1": "a"})),
         Program::returning("not numbers", r#"{"a": [float("nan"), float("inf"), -float("inf"), 1]}"#)
             .returns(json!({"a": [null, null, null, 1]})),
-        Program::python("a nest of 60", "def handler(event):\n    v = 0\n    for _ in range(60): v = [v]\n    return v\n")
-            .returns((0..60).fold(json!(0), |inner, _| json!([inner]))),
+        Program::python(
+            "a nest of 60",
+            "def handler(event):\n    v = 0\n    for _ in range(60): v = [v]\n    return v\n",
+        )
+        .returns((0..60).fold(json!(0), |inner, _| json!([inner]))),
         Program::returning("the event", "event")
             .given(|it| it.event(json!({"ключ": ["☃", null, {"deep": [[[]]]}], "n": -1.5e-3, "x'; DROP": "$(id)`\\"})))
             .returns(json!({"ключ": ["☃", null, {"deep": [[[]]]}], "n": -1.5e-3, "x'; DROP": "$(id)`\\"})),
@@ -174,9 +185,12 @@ fn values_that_json_cannot_hold_are_named() {
         Program::python("circle", "def handler(event):\n    v = []\n    v.append(v)\n    return v\n")
             .fails()
             .is("a reason in stderr", |document| document["stderr"] != ""),
-        Program::python("a nest of 100,000", "def handler(event):\n    v = 0\n    for _ in range(100000): v = [v]\n    return v\n")
-            .fails()
-            .is("a reason in stderr", |document| document["stderr"] != ""),
+        Program::python(
+            "a nest of 100,000",
+            "def handler(event):\n    v = 0\n    for _ in range(100000): v = [v]\n    return v\n",
+        )
+        .fails()
+        .is("a reason in stderr", |document| document["stderr"] != ""),
         Program::returning("generator", "(n for n in [1])").fails().tells(&["generator"]),
     ]);
 }
@@ -222,17 +236,27 @@ fn errors_are_told_with_the_users_own_lines() {
 #[test]
 fn exits_are_honoured() {
     let death = |name, signal| {
-        Program::python(name, &format!("import os\ndef handler(event):\n    print('before', flush=True)\n    os.kill(os.getpid(), {signal})\n"))
-            .fails()
-            .exits(128 + signal)
-            .prints("before\n")
-            .is("the reason told in stderr or reason", |document| document["reason"].as_str().is_some_and(|reason| !reason.is_empty()))
+        Program::python(
+            name,
+            &format!(
+                "import os\ndef handler(event):\n    print('before', flush=True)\n    os.kill(os.getpid(), {signal})\n"
+            ),
+        )
+        .fails()
+        .exits(128 + signal)
+        .prints("before\n")
+        .is("the reason told in stderr or reason", |document| {
+            document["reason"].as_str().is_some_and(|reason| !reason.is_empty())
+        })
     };
     run([
         Program::python("sys.exit(3)", "import sys\ndef handler(event):\n    sys.exit(3)\n").fails().exits(3),
         Program::python("sys.exit(0)", "import sys\ndef handler(event):\n    sys.exit(0)\n").succeeds(),
         Program::python("sys.exit()", "import sys\ndef handler(event):\n    sys.exit()\n").succeeds(),
-        Program::python("sys.exit(text)", "import sys\ndef handler(event):\n    sys.exit('no luck')\n").fails().exits(1).tells(&["no luck"]),
+        Program::python("sys.exit(text)", "import sys\ndef handler(event):\n    sys.exit('no luck')\n")
+            .fails()
+            .exits(1)
+            .tells(&["no luck"]),
         Program::python("at load", "import sys\nsys.exit(4)\n").fails().exits(4),
         Program::python("os._exit", "import os\ndef handler(event):\n    os._exit(7)\n").fails().exits(7),
         Program::python("abort", "import os\ndef handler(event):\n    os.abort()\n").fails().exits(134),
@@ -280,18 +304,27 @@ def handler(event):
 #[test]
 fn sources_of_all_encodings_run() {
     run([
-        Program::python("a cookie that lies", "# -*- coding: latin-1 -*-\ndef handler(event):\n    return 'é'\n").returns(json!("é")),
+        Program::python("a cookie that lies", "# -*- coding: latin-1 -*-\ndef handler(event):\n    return 'é'\n")
+            .returns(json!("é")),
         Program::python("CRLF", "def handler(event):\r\n    x = 1\r\n    return x\r\n").returns(json!(1)),
         Program::python("no line end", "def handler(event): return 'é☃'").returns(json!("é☃")),
-        Program::python("future imports", "from __future__ import annotations\ndef handler(event: Nothing):\n    return 1\n").returns(json!(1)),
-        Program::python("dataclasses and pickles find their module", r"
+        Program::python(
+            "future imports",
+            "from __future__ import annotations\ndef handler(event: Nothing):\n    return 1\n",
+        )
+        .returns(json!(1)),
+        Program::python(
+            "dataclasses and pickles find their module",
+            r"
 import dataclasses, pickle
 @dataclasses.dataclass
 class Point:
     x: int
 def handler(event):
     return dataclasses.asdict(pickle.loads(pickle.dumps(Point(3))))
-").returns(json!({"x": 3})),
+",
+        )
+        .returns(json!({"x": 3})),
     ]);
 }
 
@@ -309,21 +342,28 @@ fn sizes_up_to_the_limits_pass() {
         Program::returning("return value of 17 MiB", "'x' * (17 << 20)")
             .fails()
             .is("a reason in stderr", |document| document["stderr"] != ""),
-        Program::python("code of 1 MiB", &format!("def handler(event):\n    return 1\n#{}", "x".repeat((1 << 20) - 60))).returns(json!(1)),
+        Program::python(
+            "code of 1 MiB",
+            &format!("def handler(event):\n    return 1\n#{}", "x".repeat((1 << 20) - 60)),
+        )
+        .returns(json!(1)),
         Program::python("stdout of 3 MiB", "def handler(event):\n    print('x' * (3 << 20), end='')\n")
             .succeeds()
             .field("stdout_bytes", json!(3 << 20))
             .field("stdout_truncated", json!(false))
             .is("all of it", |document| document["stdout"].as_str().is_some_and(|text| text.len() == 3 << 20)),
-        Program::python("stdout of 12 MiB", "import sys\ndef handler(event):\n    sys.stdout.write('HEAD' + 'x' * (12 << 20) + 'TAIL')\n")
-            .succeeds()
-            .field("stdout_bytes", json!((12 << 20) + 8))
-            .field("stdout_truncated", json!(true))
-            .field("stderr_truncated", json!(false))
-            .is("head and tail", |document| {
-                let text = document["stdout"].as_str().unwrap_or_default();
-                text.starts_with("HEAD") && text.ends_with("TAIL") && text.len() <= (10 << 20) + 200
-            }),
+        Program::python(
+            "stdout of 12 MiB",
+            "import sys\ndef handler(event):\n    sys.stdout.write('HEAD' + 'x' * (12 << 20) + 'TAIL')\n",
+        )
+        .succeeds()
+        .field("stdout_bytes", json!((12 << 20) + 8))
+        .field("stdout_truncated", json!(true))
+        .field("stderr_truncated", json!(false))
+        .is("head and tail", |document| {
+            let text = document["stdout"].as_str().unwrap_or_default();
+            text.starts_with("HEAD") && text.ends_with("TAIL") && text.len() <= (10 << 20) + 200
+        }),
     ]);
 }
 
@@ -383,12 +423,27 @@ fn shell_runs_as_a_script() {
         Program::shell("exit code", "exit 3\n").fails().exits(3),
         Program::shell("the last command's", "false\n").fails().exits(1),
         Program::shell("an error of syntax", "if then\n").fails().exits(2).tells(&["syntax error"]),
-        Program::shell("a command that is missing", "no_such_command_here\n").fails().exits(127).tells(&["no_such_command_here"]),
-        Program::shell("bash, not sh", "a=(1 2 3); echo ${#a[@]}; [[ x == x ]] && echo yes\n").succeeds().prints("3\nyes\n"),
-        Program::shell("variables and folder", "echo \"$GREETING\"; pwd\n").given(|it| it.env("GREETING", "hi there")).succeeds().prints("hi there\n/workspace\n"),
+        Program::shell("a command that is missing", "no_such_command_here\n")
+            .fails()
+            .exits(127)
+            .tells(&["no_such_command_here"]),
+        Program::shell("bash, not sh", "a=(1 2 3); echo ${#a[@]}; [[ x == x ]] && echo yes\n")
+            .succeeds()
+            .prints("3\nyes\n"),
+        Program::shell("variables and folder", "echo \"$GREETING\"; pwd\n")
+            .given(|it| it.env("GREETING", "hi there"))
+            .succeeds()
+            .prints("hi there\n/workspace\n"),
         Program::shell("death by signal", "kill -9 $$\n").fails().exits(137),
-        Program::shell("artifacts", "echo hi > made.txt\n").succeeds().field("artifacts", json!([{"path": "made.txt", "size": 3}])),
-        Program::shell("a long script", &format!("echo start\n{}echo end\n", ": padding\n".repeat(50_000))).succeeds().prints("start\nend\n"),
-        Program::shell("under its long name", "echo $BASH_VERSION | grep -c .\n").given(|it| it.with("language", "bash")).succeeds().prints("1\n"),
+        Program::shell("artifacts", "echo hi > made.txt\n")
+            .succeeds()
+            .field("artifacts", json!([{"path": "made.txt", "size": 3}])),
+        Program::shell("a long script", &format!("echo start\n{}echo end\n", ": padding\n".repeat(50_000)))
+            .succeeds()
+            .prints("start\nend\n"),
+        Program::shell("under its long name", "echo $BASH_VERSION | grep -c .\n")
+            .given(|it| it.with("language", "bash"))
+            .succeeds()
+            .prints("1\n"),
     ]);
 }

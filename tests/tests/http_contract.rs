@@ -40,7 +40,8 @@ fn a_submit_is_answered_200_at_once() {
     let response = agent.submit(&submission);
     assert_eq!(response.status, 200);
     assert_eq!(response.message.header("content-type"), Some("application/json"));
-    let expected = json!({"execution_id": submission.execution_id(), "status": "PENDING", "message": "Execution submitted"});
+    let expected =
+        json!({"execution_id": submission.execution_id(), "status": "PENDING", "message": "Execution submitted"});
     assert_eq!(response.json(), expected);
     let document = agent.execution(submission.execution_id()).expect("it is known");
     assert!(["queued", "running"].contains(&state(&document)), "answered when it ended, not when it was accepted");
@@ -72,8 +73,22 @@ fn the_document_holds_every_field() {
     let agent = Agent::start();
     let document = agent.run(&Submission::python("def handler(event):\n    return 1\n"));
     let fields = [
-        "execution_id", "session_id", "state", "reason", "exit_code", "signal", "stdout", "stderr", "stdout_bytes",
-        "stderr_bytes", "stdout_truncated", "stderr_truncated", "return_value", "diagnostic", "usage", "artifacts",
+        "execution_id",
+        "session_id",
+        "state",
+        "reason",
+        "exit_code",
+        "signal",
+        "stdout",
+        "stderr",
+        "stdout_bytes",
+        "stderr_bytes",
+        "stdout_truncated",
+        "stderr_truncated",
+        "return_value",
+        "diagnostic",
+        "usage",
+        "artifacts",
         "isolation",
     ];
     let missing: Vec<_> = fields.iter().filter(|field| document.get(**field).is_none()).collect();
@@ -136,7 +151,12 @@ fn a_repeated_submit_is_answered_200_and_never_runs_twice() {
         assert_eq!(repeated.json()["execution_id"], submission.execution_id());
     }
     // The same id with other code is still the same execution.
-    assert_eq!(agent.submit(&Submission::python("def handler(event):\n    open('other', 'w')\n").id(submission.execution_id())).status, 200);
+    assert_eq!(
+        agent
+            .submit(&Submission::python("def handler(event):\n    open('other', 'w')\n").id(submission.execution_id()))
+            .status,
+        200
+    );
     agent.kill();
     agent.restart();
     assert_eq!(agent.submit(&submission).status, 200);
@@ -207,7 +227,14 @@ fn a_token_is_required_where_one_is_set() {
     let agent = Agent::builder().env("AGENT_API_TOKEN", "open-sesame").start();
     let submission = Submission::python(COUNTS_ITS_RUNS);
     let body = submission.body().to_string();
-    for header in [None, Some("Bearer wrong"), Some("Bearer open-sesam"), Some("Bearer "), Some("Basic open-sesame"), Some("open-sesame")] {
+    for header in [
+        None,
+        Some("Bearer wrong"),
+        Some("Bearer open-sesam"),
+        Some("Bearer "),
+        Some("Basic open-sesame"),
+        Some("open-sesame"),
+    ] {
         let headers: Vec<_> = header.map(|value| ("authorization", value)).into_iter().collect();
         let refused = http::request(agent.address(), "POST", "/execute", &headers, body.as_bytes()).expect("an answer");
         assert_error(&refused, 401, "Executor.Unauthorized");
@@ -288,7 +315,8 @@ fn disable_bwrap_never_runs_code_outside() {
         return;
     }
     let agent = Agent::builder().env("DISABLE_BWRAP", "true").start();
-    let document = agent.run(&Submission::python("import os\ndef handler(event):\n    return [os.getcwd(), os.getpid() < 10]\n"));
+    let document =
+        agent.run(&Submission::python("import os\ndef handler(event):\n    return [os.getcwd(), os.getpid() < 10]\n"));
     assert_eq!(document["return_value"], json!(["/workspace", true]), "{document:#}");
     wait::until("a warning", Duration::from_secs(5), || agent.log().contains("DISABLE_BWRAP"));
 }
