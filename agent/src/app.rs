@@ -54,10 +54,15 @@ pub fn runner(config: &Config, workspace: &Path) -> Result<Runner> {
     let user = sandbox_user(workspace, config.sandbox_user);
     let launcher = Launcher::new(&LauncherOptions { bwrap: config.bwrap.clone(), user: Some(user) });
     let outside = launcher.as_ref().map_or(user, Launcher::outside_user);
-    let handed_over = hand_over_workspace(workspace, outside)
-        .with_context(|| format!("the workspace {} can't be used", workspace.display()))?;
-    if handed_over {
-        tracing::info!(workspace = %workspace.display(), uid = outside.0, "the workspace now belongs to the sandbox's user");
+    std::fs::create_dir_all(workspace)
+        .with_context(|| format!("the workspace {} can't be made", workspace.display()))?;
+    match hand_over_workspace(workspace, outside) {
+        Ok(false) => {}
+        Ok(true) => {
+            tracing::info!(workspace = %workspace.display(), uid = outside.0, "the workspace now belongs to the sandbox's user");
+        }
+        // Such a host has no second user, which the probes tell with the remedy.
+        Err(error) => tracing::error!(workspace = %workspace.display(), %error, "the workspace can't be handed over"),
     }
     Ok(Runner {
         launcher,

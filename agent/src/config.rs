@@ -384,7 +384,7 @@ pub fn describe(variables: &Environment) -> String {
             Some(value) => (value.as_str(), "environment"),
             None => (setting.default, "default"),
         };
-        text.push_str(&format!("{}={value}\n    {} ({origin})\n", setting.name, setting.doc));
+        text.push_str(&format!("{}={value}  ({origin})  {}\n", setting.name, setting.doc));
     }
     text
 }

@@ -39,6 +39,22 @@ impl Capture {
         }
     }
 
+    /// A copy of at most `most` of the kept bytes: the first and the last.
+    #[must_use]
+    pub fn glimpse(&self, most: usize) -> Captured {
+        if self.total <= most as u64 {
+            return self.clone().finish();
+        }
+        let half = most / 2;
+        let (newest, older) = self.tail.split_at(self.oldest);
+        let mut tail = Vec::new();
+        for part in [newest, older, &self.head] {
+            let wanted = (half - tail.len()).min(part.len());
+            tail.splice(0..0, part[part.len() - wanted..].iter().copied());
+        }
+        Captured { head: self.head[..half.min(self.head.len())].to_vec(), tail, total: self.total }
+    }
+
     /// Puts the kept bytes in order.
     #[must_use]
     pub fn finish(mut self) -> Captured {
@@ -169,11 +185,11 @@ impl Output {
         self.lock()[1].push(bytes);
     }
 
-    /// What is there so far: (stdout, stderr).
+    /// The beginning and the end of what is there so far, at most so many bytes each: (stdout, stderr).
     #[must_use]
-    pub fn so_far(&self) -> (Captured, Captured) {
-        let [stdout, stderr] = self.lock().clone();
-        (stdout.finish(), stderr.finish())
+    pub fn so_far(&self, most: usize) -> (Captured, Captured) {
+        let streams = self.lock();
+        (streams[0].glimpse(most), streams[1].glimpse(most))
     }
 
     /// Takes everything out: (stdout, stderr).
@@ -219,6 +235,18 @@ mod tests {
             assert_eq!(captured.head, data[..10], "step {step}");
             assert_eq!(captured.tail, data[990..], "step {step}");
             assert_eq!(captured.total, 1000);
+        }
+    }
+
+    #[test]
+    fn a_glimpse_is_the_first_and_the_last_of_it() {
+        for (limit, printed) in [(20, 1000_u32), (20, 15), (2000, 1000), (1200, 1000)] {
+            let mut capture = Capture::new(limit);
+            (0..printed).for_each(|n| capture.push(&[n as u8]));
+            let glimpse = capture.glimpse(10);
+            assert_eq!(glimpse.head, [0, 1, 2, 3, 4]);
+            assert_eq!(glimpse.tail, (printed - 5..printed).map(|n| n as u8).collect::<Vec<_>>(), "{limit}");
+            assert_eq!(glimpse.total, u64::from(printed));
         }
     }
 

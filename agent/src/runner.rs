@@ -300,12 +300,9 @@ fn set_artifacts(result: &mut ExecutionResult, changes: Changes) {
 /// name of theirs may lie outside.
 ///
 /// # Errors
-/// When the folder can't be made or handed over.
+/// When the folder can't be handed over.
 pub fn hand_over_workspace(path: &Path, user: (u32, u32)) -> std::io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
-    if !path.is_dir() {
-        std::fs::create_dir_all(path)?;
-    }
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root || !isolation::caps::can_change_owner() || std::fs::metadata(path)?.uid() != 0 {
         return Ok(false);

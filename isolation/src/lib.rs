@@ -13,7 +13,6 @@
 
 pub mod bwrap;
 pub mod caps;
-mod memory;
 pub mod outcome;
 pub mod policy;
 pub mod probe;
@@ -22,6 +21,7 @@ pub mod rlimits;
 pub mod sandbox;
 pub mod seccomp;
 mod sys;
+mod tree;
 
 pub use outcome::{Outcome, Usage};
 pub use policy::{Limits, Policy};

@@ -85,8 +85,8 @@ pub fn classify(facts: &Facts) -> Outcome {
 pub struct Usage {
     /// From the moment the program was let go to the moment its whole tree was gone.
     pub wall: Duration,
-    /// User and system time of every process of the tree that was reaped: a lower bound, since a process that ignores
-    /// `SIGCHLD` has its children's time dropped by the kernel.
+    /// User and system time of the tree: what was reaped, or what was there before the kill, whichever is more. A lower bound,
+    /// since a process that ignores `SIGCHLD` has its children's time dropped by the kernel.
     pub cpu: Duration,
     /// Largest resident memory seen, bytes: the larger of the kernel's figure for the largest process and the watchdog's
     /// samples of the whole tree.

@@ -187,6 +187,14 @@ fn missing_layers(launcher: &Launcher, layout: &Layout, asked: Fallbacks, failur
     if with(true, true) {
         return vec![proc_missing(), nested_missing()];
     }
+    if std::fs::read_to_string("/proc/sys/user/max_user_namespaces").is_ok_and(|most| most.trim() == "0") {
+        let detail = "user.max_user_namespaces is 0: nobody may create a user namespace";
+        return vec![Finding::bad(
+            "namespaces",
+            detail,
+            remedy("creating a user namespace", nix::errno::Errno::ENOSPC),
+        )];
+    }
     match sys::try_primitives((nix::unistd::geteuid().is_root()).then(|| launcher.outside_user())) {
         Ok(()) => vec![Finding::bad(
             "sandbox",

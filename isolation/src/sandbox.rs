@@ -44,7 +44,7 @@ use crate::bwrap::{self, Descriptors, Program, Version};
 use crate::outcome::{Facts, Killed, Outcome, Usage, classify};
 use crate::policy::{Limits, Policy, PolicyError, ProcMount, SystemPath};
 use crate::seccomp::{self, Compiled, SeccompError};
-use crate::{memory, rlimits, sys};
+use crate::{rlimits, sys, tree};
 
 /// How long bubblewrap may take from its start to the point where the program could run.
 const SETUP_DEADLINE: Duration = Duration::from_secs(10);
@@ -53,6 +53,8 @@ const END_DEADLINE: Duration = Duration::from_secs(2);
 /// How often the memory of the tree is looked at, and how often when it is above half of its limit.
 const WATCH_CALM: Duration = Duration::from_millis(100);
 const WATCH_CLOSE: Duration = Duration::from_millis(20);
+/// How long the last look at a tree may take, before it is killed.
+const SAMPLE_PATIENCE: Duration = Duration::from_millis(50);
 /// One read from a pipe: the kernel's default pipe size.
 const CHUNK: usize = 64 << 10;
 /// Reads from one pipe before the others and the clock are looked at again.
@@ -629,6 +631,7 @@ impl Sandbox {
         self.let_go();
         let mut watch = Watch { limit: self.layers.limits.memory_bytes, peak: 0, next: started + WATCH_CLOSE };
         let (reported_exit, killed) = self.watch_over(run, started + run.timeout, &mut watch, &mut pump, &mut on_event);
+        let cpu_before_the_kill = self.cpu_so_far();
         self.end();
         // Everybody who could write is dead: what is in the pipes is all there will ever be.
         pump.read_all(DRAIN_BYTES, &mut on_event);
@@ -643,7 +646,8 @@ impl Sandbox {
         };
         let usage = Usage {
             wall,
-            cpu: used.cpu,
+            // The kernel drops the time of what dies with its namespace; what had been reaped before, /proc rounds down.
+            cpu: used.cpu.max(cpu_before_the_kill),
             peak_memory_bytes: used.peak_memory_bytes.max(watch.peak),
             read_bytes: used.read_bytes,
             written_bytes: used.written_bytes,
@@ -689,10 +693,16 @@ impl Sandbox {
             if now >= deadline {
                 return (None, Some(Killed::Deadline));
             }
-            if now >= watch.next && watch.is_over(&self.init) {
+            if now >= watch.next && watch.is_over(&self.init, deadline) {
                 return (None, Some(Killed::Memory));
             }
         }
+    }
+
+    /// What the processes that are still there have used.
+    fn cpu_so_far(&self) -> Duration {
+        let until = Instant::now() + SAMPLE_PATIENCE;
+        self.init.as_ref().map_or(Duration::ZERO, |init| tree::cpu(&tree::processes(init.pid, until), until))
     }
 
     /// Kills what is left and waits until it is gone.
@@ -701,7 +711,8 @@ impl Sandbox {
             Some(init) => &init.pidfd,
             None => {
                 // Still being set up: the init is only known as a child of the monitor, if there is one yet.
-                for child in memory::tree(self.monitor.pid).into_iter().skip(1) {
+                let until = Instant::now() + SAMPLE_PATIENCE;
+                for child in tree::processes(self.monitor.pid, until).into_iter().skip(1) {
                     if let Ok(pidfd) = sys::pidfd_open(child) {
                         let _ = sys::pidfd_signal(&pidfd, libc::SIGKILL);
                     }
@@ -822,12 +833,13 @@ struct Watch {
 }
 
 impl Watch {
-    fn is_over(&mut self, init: &Option<Init>) -> bool {
+    /// Looks at the memory of the tree; gives up at `deadline`.
+    fn is_over(&mut self, init: &Option<Init>, deadline: Instant) -> bool {
         let Some(init) = init else { return false };
-        let pids = memory::tree(init.pid);
-        let mut bytes = memory::resident(&pids);
+        let pids = tree::processes(init.pid, deadline);
+        let mut bytes = tree::resident(&pids, deadline);
         if bytes > self.limit {
-            bytes = memory::proportional(&pids);
+            bytes = tree::proportional(&pids, deadline);
         }
         self.peak = self.peak.max(bytes);
         self.next = Instant::now() + if bytes > self.limit / 2 { WATCH_CLOSE } else { WATCH_CALM };

@@ -84,6 +84,9 @@ const USER: usize = 7;
 const DEATH: usize = 8;
 const EXEC: usize = 9;
 
+/// Priority of sandboxes, below the agent's (`nice(2)`); it costs nothing while the processor is not contended.
+const NICENESS: c_int = 10;
+
 /// Descriptors are parked from this number on while the low ones are laid out.
 const PARKING: c_int = 64;
 
@@ -165,6 +168,8 @@ unsafe fn child(launch: &Launch, argv: &[*const c_char], parked: &mut [c_int], r
         // Out of the terminal's foreground group: Ctrl-C is the agent's to handle.
         libc::setsid();
         libc::umask(0o022);
+        // Hundreds of busy processes must not keep the agent from answering and from ending them in time.
+        libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS);
         libc::chdir(c"/".as_ptr());
 
         for (slot, (from, _)) in parked.iter_mut().zip(launch.descriptors) {

@@ -156,7 +156,11 @@ def _():
 
 @attempt("list /root")
 def _():
-    return "%d entries" % len(os.listdir("/root"))
+    # An interpreter that lives below /root brings the way to itself, and nothing else of it.
+    entries = set(os.listdir("/root"))
+    if sys.base_prefix.startswith("/root/") and entries == {sys.base_prefix.split("/")[2]}:
+        raise Denied("only the way to this interpreter")
+    return "%d entries" % len(entries)
 
 
 @attempt("find a folder, file or socket among inherited descriptors")

@@ -96,7 +96,7 @@ impl Program {
     fn diagnosed(mut self, exception: &'static str, message: &'static str) -> Self {
         self.checks.push(Box::new(move |document| {
             let diagnostic = &document["diagnostic"];
-            let stack = diagnostic["stack"].as_str().is_some_and(|stack| stack.contains("main.py"));
+            let stack = diagnostic["stack"][0]["file"] == "main.py";
             let told = diagnostic["type"] == exception
                 && diagnostic["message"].as_str().is_some_and(|text| text.contains(message));
             (told && stack).then_some(()).ok_or_else(|| format!("diagnostic is {diagnostic}"))

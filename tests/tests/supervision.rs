@@ -162,7 +162,7 @@ fn one_that_stops_everything_it_can_signal() {
         return;
     }
     is_ended_by_its_deadline(
-        "def handler(event):\n    mark(event)\n    os.kill(-1, signal.SIGSTOP)\n    os.kill(os.getpid(), signal.SIGSTOP)\n",
+        "def handler(event):\n    mark(event)\n    if os.fork() == 0: time.sleep(60)\n    os.kill(-1, signal.SIGSTOP)\n    os.kill(os.getpid(), signal.SIGSTOP)\n",
     );
 }
 
@@ -279,7 +279,6 @@ fn memory_beyond_the_limit_is_told_as_such() {
         let End { document, took } = run(Agent::builder().env("AGENT_MEMORY_LIMIT_MB", 192), hog, 20, true);
         assert_eq!(document["state"], "failed", "{document:#}");
         assert_eq!(document["reason"], "killed: out of memory, limit 192 MiB");
-        assert!(document["stderr"].as_str().is_some_and(|text| text.contains("killed: out of memory, limit 192 MiB")));
         assert!(took < Duration::from_secs(15), "{took:?}");
     }
     // Control: as much as is allowed is allowed.

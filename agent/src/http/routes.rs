@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State as Shared};
 use axum::http::{StatusCode, header};
 use axum::middleware::Next;
@@ -26,6 +27,8 @@ use crate::queue::{Live, Queue, Submitted};
 
 /// How long a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes of each stream in the document of an execution that still runs.
+const OUTPUT_SO_FAR: usize = 64 << 10;
 /// Longest description of dependencies, bytes.
 const MAX_SYNC_BODY: usize = 1 << 20;
 
@@ -155,9 +158,10 @@ async fn health(Shared(api): Shared<Api>) -> Response {
     }
 }
 
-async fn show(Shared(api): Shared<Api>, Path(text): Path<String>) -> Result<Response, Problem> {
+async fn show(Shared(api): Shared<Api>, text: Result<Path<String>, PathRejection>) -> Result<Response, Problem> {
     let missing = || Problem::NotFound("there is no execution with this id".to_owned());
-    let id = ExecutionId::parse(&text).ok_or_else(missing)?;
+    // A path that is not UTF-8 names nothing either.
+    let id = text.ok().and_then(|Path(text)| ExecutionId::parse(&text)).ok_or_else(missing)?;
     if let Some(live) = api.queue.find(id.clone()).await {
         return Ok(json(&so_far(&id, live)));
     }
@@ -198,7 +202,7 @@ fn stream(mut file: File, length: u64) -> Response {
 fn so_far(id: &ExecutionId, live: Live) -> ExecutionResult {
     let mut document = ExecutionResult::without_run(id.as_str(), &live.session_id, live.state, None, live.accepted_at);
     document.started_at = live.started_at;
-    let (stdout, stderr) = live.output.so_far();
+    let (stdout, stderr) = live.output.so_far(OUTPUT_SO_FAR);
     document.set_output(&stdout, &stderr);
     document
 }
